@@ -140,7 +140,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """
     fits = torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "sdpa" if not fits else "flash" if _has_flash_attn() else "torch"
+        return "sdpa" if not fits else "flash" if has_flash_attn() else "torch"
     if name not in BACKENDS:
         raise ValueError(f"attention {name!r} is unknown: choose auto, {', '.join(BACKENDS)}")
     if name != "sdpa" and not fits:
@@ -148,7 +148,7 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
             f"attention {name!r} needs a CUDA device and bf16, this is {device} in {dtype}: "
             "use --attention auto"
         )
-    if name == "flash" and not _has_flash_attn():
+    if name == "flash" and not has_flash_attn():
         raise ValueError(
             "attention 'flash' needs the flash-attn package (pip install zephyr[flash]): "
             "install it, or use --attention torch"
@@ -156,7 +156,8 @@ def choose(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     return name
 
 
-def _has_flash_attn() -> bool:
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package is installed."""
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError:

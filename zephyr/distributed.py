@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import Tensor
 
 T = TypeVar("T")
@@ -103,6 +102,8 @@ def parse(knobs: type[T], recipes: dict[str, dict[str, Any]]) -> T:
 
     An unknown flag or value ends the program with status 2 and says which.
     """
+    import tyro  # the library and its GPU tests do without
+
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--recipe", default=next(iter(recipes)))
     recipe = first.parse_known_args()[0].recipe

@@ -114,8 +114,12 @@ def config_json(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def check_fits(folder: str | Path, config: Config, vocab_size: int, max_length: int) -> None:
-    """Raise ValueError if the tokenizer has ids, or a run has positions, that the model lacks."""
+def check_fits(folder: Path, config: Config, vocab_size: int, max_length: int) -> None:
+    """Find, before any long work, what would stop a run of this folder's model later.
+
+    Raises ValueError if the tokenizer has ids, or the run has positions, that the model lacks, or
+    the weights are not those of the config (`open_weights`).
+    """
     if vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {vocab_size:,} ids and the model an embedding for "
@@ -126,34 +130,44 @@ def check_fits(folder: str | Path, config: Config, vocab_size: int, max_length: 
             f"--max-length {max_length} is over the model's max_position_embeddings "
             f"{config.max_position_embeddings}: choose at most that"
         )
+    with torch.device("meta"):
+        model = Mistral(config)
+    with ExitStack() as stack:
+        open_weights(model, folder, stack)
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Copy a folder's weights into a model, sharded or not, converting to its dtype.
 
-    Raises ValueError naming the tensor that is missing, not known or of another shape, and the file
-    that is damaged.
+    Raises what `open_weights` raises.
     """
-    folder = Path(folder)
-    wanted = dict(model.named_parameters())
-    with ExitStack() as stack:
-        found = _open_tensors(folder, stack)
-        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        extra = {n for n in found if n not in wanted and not n.endswith("rotary_emb.inv_freq")}
-        if extra - tied:
-            raise ValueError(f"{folder}: the model has no tensor {_some(extra - tied)}")
-        if missing := wanted.keys() - found.keys():
-            raise ValueError(f"{folder}: the weights lack the tensor {_some(missing)}")
-        for name, parameter in wanted.items():
-            stored = found[name].get_slice(name)
-            if tuple(stored.get_shape()) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(stored.get_shape())}, "
-                    f"the config asks for {tuple(parameter.shape)}"
-                )
+    with ExitStack() as stack, torch.no_grad():
+        stored = open_weights(model, Path(folder), stack)
+        for name, parameter in model.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            with torch.no_grad():
-                local.copy_(stored[shard_rows(parameter)])
+            local.copy_(stored[name][shard_rows(parameter)])
+
+
+def open_weights(model: nn.Module, folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Parameter name -> its slice of a safetensors file, not read yet; the files close with
+    `stack`.
+
+    Raises ValueError naming the tensor that is missing, not known or of another shape, and the file
+    that is damaged; FileNotFoundError naming the file that is not there.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    files = _open_files(folder, stack)
+    ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}
+    if extra := files.keys() - wanted.keys() - ignored:
+        raise ValueError(f"{folder}: the model has no tensor {_some(extra)}")
+    if missing := wanted.keys() - files.keys():
+        raise ValueError(f"{folder}: the weights lack the tensor {_some(missing)}")
+    slices = {name: files[name].get_slice(name) for name in wanted}
+    for name, shape in wanted.items():
+        if (found := tuple(slices[name].get_shape())) != shape:
+            raise ValueError(f"{folder}: {name} has shape {found}, the config asks for {shape}")
+    return slices
 
 
 def shard_rows(parameter: Tensor) -> slice:
@@ -171,7 +185,7 @@ def shard_rows(parameter: Tensor) -> slice:
     return slice(start, start + parameter.to_local().shape[0])
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Tensor name -> open safetensors file, for all files of the folder."""
     index = folder / INDEX
     if index.is_file():
