@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -154,17 +154,23 @@ def load_reference(
 ) -> tuple[Reference, Tensor]:
     """The frozen model that DPO starts from: how to score a micro-batch by it, and its scores of
     the held-out pairs. It is `--model` always, also when the policy goes on from a checkpoint."""
+    build = cache(partial(build, trainable=False))
     layout = (world, knobs.tokens_per_microbatch, knobs.share_prefix)
     if knobs.reference == "live":
-        model = build(trainable=False)
-        scores = evaluate.score(model, held_out, *layout)
-        return lambda indices, pack: evaluate.score_pack(model, pack, 2), scores
+        held_out_scores = evaluate.score(build(), held_out, *layout)
+        return lambda indices, pack: evaluate.score_pack(build(), pack, 2), held_out_scores
+    # The pairs are scored in the packs of the first epoch: kernels round differently in packs of
+    # another shape, and in bf16 that would show as a margin before the first update.
+    lengths = [pair.length(knobs.share_prefix) for pair in pairs]
+    plan = []
+    for step in range(steps_of_run(len(pairs), knobs.global_batch, 1, -1)):
+        batch = rows_of_step(len(pairs), knobs.global_batch, knobs.seed, step)
+        plan += split_step(batch, lengths, world.size, knobs.tokens_per_microbatch)[world.rank]
     model_hash = world.once("hash of the reference", lambda: evaluate.folder_hash(folder))
     key = f"{model_hash} {knobs.precision} share_prefix={knobs.share_prefix}"
-    pairs_and_held_out = evaluate.cached_scores(
-        partial(build, trainable=False), [*pairs, *held_out], *layout, Path(knobs.output), key
-    )
-    scores, held_out_scores = pairs_and_held_out.split([len(pairs), len(held_out)])
+    store = (Path(knobs.output), key)
+    scores = evaluate.cached_scores(build, pairs, *layout, plan, *store)
+    held_out_scores = evaluate.cached_scores(build, held_out, *layout, None, *store)
     return lambda indices, pack: scores[indices].to(world.device), held_out_scores
 
 
@@ -189,7 +195,7 @@ def train(
 
     def evaluate_policy(step: int) -> None:
         layout = (world, knobs.tokens_per_microbatch, knobs.share_prefix)
-        scores = evaluate.score(policy, held_out, *layout, "evaluating")
+        scores = evaluate.score(policy, held_out, *layout, what="evaluating")
         smoothing = knobs.label_smoothing
         row = evaluate.dpo_metrics(scores, held_out_reference, knobs.beta, smoothing)
         log.write({"step": step, **row})

@@ -32,6 +32,7 @@ def score(
     world: World,
     budget: int,
     share_prefix: bool = True,
+    plan: list[list[int]] | None = None,
     what: str = "scoring",
 ) -> Tensor:
     """Log-probability of every branch given its prefix, summed over its targets.
@@ -39,11 +40,17 @@ def score(
     Args:
         model: sharded or not; every rank must call this, with the same groups.
         budget: tokens a micro-batch may hold.
+        plan: this rank's micro-batches, lists of indices, where they matter; the ranks' plans must
+            be equally long and cover each group once.
 
-    Returns: (groups, K) float64 on the CPU, the same on all ranks. All groups have K branches.
+    Returns: (groups, K) float64 on the CPU, the same on all ranks. All groups have K branches;
+    without groups it is (0, 0).
     """
-    lengths = [group.length(share_prefix) for group in groups]
-    plan = split_step(range(len(groups)), lengths, world.size, budget)[world.rank]
+    if not groups:
+        return torch.zeros(0, 0, dtype=torch.float64)
+    if plan is None:
+        lengths = [group.length(share_prefix) for group in groups]
+        plan = split_step(range(len(groups)), lengths, world.size, budget)[world.rank]
     scores = torch.zeros(len(groups), len(groups[0].branches), dtype=torch.float64)
     bar = tqdm(plan, desc=what, unit=" packs", leave=False, disable=None if world.is_main else True)
     for indices in bar:
@@ -60,6 +67,7 @@ def cached_scores(
     world: World,
     budget: int,
     share_prefix: bool,
+    plan: list[list[int]] | None,
     output: Path,
     key: str,
 ) -> Tensor:
@@ -68,13 +76,15 @@ def cached_scores(
     `build` makes the model if it is needed; `key` says which model and layout that is, the hash
     adds the token ids. Raises ValueError if the file does not fit the groups.
     """
+    if not groups:
+        return torch.zeros(0, 0)
     digest = hashlib.sha256(key.encode())
     for group in groups:
         for ids in (group.prefix, *group.branches):
             digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, np.int32).tobytes())
     path = output / f"reference-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        scores = score(build(), groups, world, budget, share_prefix, "scoring the reference")
+        scores = score(build(), groups, world, budget, share_prefix, plan, "reference")
         if world.is_main:
             temporary = path.with_suffix(".writing")
             save_file({"logps": scores.float()}, temporary)

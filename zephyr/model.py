@@ -177,7 +177,11 @@ class Mistral(nn.Module):
         self.config = config
         self.model = Decoder(config, attend)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter, if the config says so; `to_empty` parts them."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, pack: Pack | Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def load_model(
     """
     folder = hub.resolve(str(path)).path
     model = meta_model(folder, device, dtype, attention).to(dtype).to_empty(device=device)
+    model.tie_weights()
     load_weights(model, folder)
     return model
 
