@@ -12,9 +12,9 @@ import torch
 
 from zephyr import attention
 
-FLOAT64 = 1e-12  # sums of at most 12 terms in another order
-FLOAT32 = 1e-5  # against float64 from the same inputs: some units of 2^-24 measure 3e-7
-BF16 = 2**-6  # inputs exact, products and the output rounded to 8 bits
+FLOAT64 = 1e-13  # sums of at most 12 terms in another order; measured 2e-16
+FLOAT32 = 1e-6  # against float64 from the same inputs; measured 8e-8
+BF16 = 2**-7  # inputs exact, products and the output rounded to 8 bits; measured 2e-3
 SEGMENTS = {  # name -> (queries, keys) of each segment
     "one sequence": [(9, 9)],
     "three sequences": [(4, 4), (1, 1), (7, 7)],
@@ -67,7 +67,7 @@ def run(q, k, v, cu_q, cu_k, window):
 
 
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 100])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 8, 9, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_sdpa_is_the_loop_in_float64(segments, window, heads, kv_heads):
     (q, k, v), cu_q, cu_k = inputs(segments, heads, kv_heads)

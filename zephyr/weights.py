@@ -58,24 +58,23 @@ def read_config(folder: str | Path) -> Config:
     """
     path = Path(folder) / "config.json"
     raw = hub.read_json(path)
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type")
-    layer_types = set(raw.get("layer_types") or []) - {"full_attention", "sliding_attention"}
+    rope, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    rope_types = {spec.get("rope_type", spec.get("type", "default")) for spec in (rope, scaling)}
+    layer_types = set(raw.get("layer_types") or [])
     supported = {
         "model_type": raw.get("model_type") in ("mistral", "llama"),
         "hidden_act": raw.get("hidden_act", "silu") == "silu",
-        "rope_scaling": rope_type in (None, "default"),
+        "rope_scaling": rope_types == {"default"},
         "attention_bias": not raw.get("attention_bias"),
         "mlp_bias": not raw.get("mlp_bias"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) == 1.0,
-        "layer_types": not layer_types and len(set(raw.get("layer_types") or [])) < 2,
+        "layer_types": layer_types in (set(), {"full_attention"}, {"sliding_attention"}),
         "quantization_config": not raw.get("quantization_config"),
     }
+    shown = {**raw, "rope_scaling": scaling or rope, "partial_rotary_factor": rope}
     for key, fine in supported.items():
         if not fine:
-            shown = json.dumps(raw.get(key, rope or None))
-            raise ValueError(f"{path}: {key} = {shown} is not supported here")
+            raise ValueError(f"{path}: {key} = {json.dumps(shown.get(key))} is not supported here")
     names = {field.name for field in fields(Config)} & raw.keys()
     values = {name: raw[name] for name in names}
     values["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
@@ -95,7 +94,7 @@ def read_config(folder: str | Path) -> Config:
         values["num_key_value_heads"] = 8 if is_mistral else n_heads
     if n_heads % values["num_key_value_heads"]:
         raise ValueError(f"{path}: {n_heads} heads do not divide into num_key_value_heads")
-    eos = values.get("eos_token_id")
+    eos = values.get("eos_token_id", 2)
     values["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
     return Config(**values)
 
@@ -237,6 +236,9 @@ def save_weights(model: nn.Module, folder: str | Path, dtype: torch.dtype, write
     final = {f"part-{i:05d}.safetensors": _file_name(i, number) for i in range(1, number + 1)}
     for temporary, name in final.items():
         (folder / temporary).replace(folder / name)
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"]:
+        if old.name not in final.values():  # of an older model in this folder
+            old.unlink(missing_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     if number > 1:
         index = {
