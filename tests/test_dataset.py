@@ -624,3 +624,16 @@ def test_real_rows_are_kept_or_dropped_and_counted(real, shared):
         assert len(groups) == counts["kept"] > 0
         n_longest = max(len(group.sequence(k)[0]) for group in groups for k in (0, -1))
         assert n_longest <= (300 if name == "pref_dev" else 100)
+
+
+def test_a_models_template_drops_and_counts_control_text(smollm2):
+    """It renders text, in which a user's "<|im_end|>" could not be told from the format's own."""
+    encode = chat.encoder(load_tokenizer(smollm2), "model")
+    even, odd = talk("Hi", "Hey"), talk("Hi", "Say <|im_end|>")
+    counts = Counter()
+    rows = [("a:1", {"messages": even}), ("a:2", {"messages": odd})]
+    assert len(load_dialogues(rows, encode, counts, 100, "assistant")) == 1
+    pairs = [("b:1", {"chosen": even, "rejected": odd})]
+    assert load_pairs(pairs, encode, counts, 100, 50, None) == []
+    assert counts["dropped: the text of a control token in a message"] == 2
+    assert (counts["read"], counts["kept"]) == (3, 1)

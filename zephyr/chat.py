@@ -15,6 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from zephyr.tokenizer import CHAT_TEMPLATE as TEMPLATE
 from zephyr.tokenizer import Tokenizer
 
@@ -29,6 +32,8 @@ def check(messages: Any) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f'message {number} is not {{"role": text, "content": text}}')
+        if not message["content"].isascii():
+            message["content"].encode()  # half a surrogate pair is no text: UnicodeEncodeError
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(
                 f"message {number} has the unknown role {message.get('role')!r}: "
@@ -107,59 +112,92 @@ def encoder(tokenizer: Tokenizer, template: str) -> Callable[..., tuple[list[int
     return partial(encode, tokenizer)
 
 
+class ControlText(ValueError):
+    """A message's content holds the text of a control token, and the template cannot tell them
+    apart."""
+
+
 class ModelTemplate:
     """The model folder's own chat template (`--template model`), in jinja2's sandbox.
 
     The mask is found from rendered prefixes: what the template adds to the conversation before an
     assistant turn, generation prompt included, when that turn is put in, is the turn. Targets are
-    its tokens up to the end of its content and one control token that follows.
+    the tokens of its content and the control token that follows it.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         self.tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _refuse
         self.template = environment.from_string(tokenizer.chat_template)
 
     def render(self, messages: list[Message], generation_prompt: bool = False) -> str:
         """The text of a conversation, by the template."""
         tokenizer = self.tokenizer
-        bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id], False)
         return self.template.render(
             messages=messages,
             add_generation_prompt=generation_prompt,
-            bos_token=bos,
+            bos_token=tokenizer.bos,
             eos_token=tokenizer.eos,
         )
 
     def encode(
         self, messages: list[Message], generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """As `encode` of this page. Raises ValueError where content holds the text of a control
-        token, or the template does not build a conversation turn by turn."""
+        """As `encode` of this page. Raises ControlText, and ValueError where the template does not
+        build a conversation turn by turn."""
         for message in messages:
             if self.tokenizer.has_special_text(message["content"]):
-                raise ValueError("the text of a control token stands in a message's content")
-        ids, mask = self._encode(self.render(messages, generation_prompt)), []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            header = self.render(messages[:number], generation_prompt=True)
-            turn = self.render(messages[: number + 1])
-            if not turn.startswith(header) or message["content"].strip() not in turn[len(header) :]:
-                raise ValueError("the chat template does not build a conversation turn by turn")
-            body_end = turn.rindex(message["content"].strip()) + len(message["content"].strip())
-            start = common_prefix(self._encode(header), ids)
-            end = common_prefix(self._encode(turn[:body_end]), ids)
-            mask += [False] * (start - len(mask)) + [True] * (end - start + 1)
-        return ids, mask + [False] * (len(ids) - len(mask))
+                raise ControlText("the text of a control token in a message")
+        text = self.render(messages, generation_prompt)
+        spans = [
+            self._learnt_span(messages[: number + 1], text)
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        ids, mask, at = [], [], 0
+        for part in self.tokenizer.split_special(text):
+            new = self.tokenizer.encode(part, False, special_text=True, at_start=at == 0)
+            edges = [False] * len(new)
+            for start, end in spans:
+                if at < end and start < at + len(part):
+                    first, last = (
+                        common_prefix(new, self._encode_up_to(part, edge - at, at == 0))
+                        for edge in (start, end)
+                    )
+                    edges[first:last] = [True] * (last - first)
+            ids, mask, at = ids + new, mask + edges, at + len(part)
+        bos = [] if ids[:1] == [self.tokenizer.bos_id] else self.tokenizer.encode("")
+        return bos + ids, [False] * len(bos) + mask  # many templates write bos themselves
 
-    def _encode(self, text: str) -> list[int]:
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(text, bos=False, special_text=True)
-        has_bos = bool(ids) and ids[0] == tokenizer.bos_id  # many templates write it themselves
-        return ids if has_bos else tokenizer.encode("") + ids
+    def _encode_up_to(self, part: str, edge: int, at_start: bool) -> list[int]:
+        text = part[: max(0, edge)]
+        return self.tokenizer.encode(text, False, special_text=True, at_start=at_start)
+
+    def _learnt_span(self, messages: list[Message], text: str) -> tuple[int, int]:
+        """Where in `text` the last message's content begins, and where the control token after it
+        ends, or the content itself where none follows."""
+        header = self.render(messages[:-1], generation_prompt=True)
+        turn = self.render(messages)
+        content = messages[-1]["content"]
+        if content not in turn[len(header) :]:
+            content = content.strip()  # as many templates do
+        if not text.startswith(turn) or not turn.startswith(header):
+            raise ValueError("the chat template does not build a conversation turn by turn")
+        start = turn.find(content, len(header))
+        if start < 0:
+            raise ValueError("the chat template does not build a conversation turn by turn")
+        end = start + len(content)
+        closing = self.tokenizer.split_special(turn[end:].lstrip())[:1]
+        if closing and self.tokenizer.has_special_text(closing[0]):
+            end = turn.index(closing[0], end) + len(closing[0])
+        return start, end
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
 
 
 def colour(tokenizer: Tokenizer, ids: list[int], mask: list[bool]) -> str:

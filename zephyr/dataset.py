@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ def read_rows(source: hub.Source, show: bool = False) -> Iterable[Row]:
 
     With `show`, a progress bar counts them on a terminal.
 
-    A split selects the files of a folder whose name begins with it
+    A split selects the files of a folder that bear its name
     ("train_sft-00000-of-00003.parquet").
     Raises FileNotFoundError if there is no such file, ValueError naming a line that is no JSON
     object.
@@ -41,7 +42,8 @@ def read_rows(source: hub.Source, show: bool = False) -> Iterable[Row]:
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.suffix in (".jsonl", ".parquet") and file.name.startswith(split)
+            if file.suffix in (".jsonl", ".parquet")
+            and (not split or file.stem == split or file.name.startswith(f"{split}-"))
         )
     else:
         files = [path]
@@ -74,13 +76,15 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet as parquet
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged, or not parquet ({error})") from error
 
 
@@ -102,7 +106,11 @@ def load_dialogues(
         counts["read"] += 1
         messages = _column(row, "messages", where)
         _check(messages, where)
-        ids, mask = _encode(encode, messages, where)
+        try:
+            ids, mask = _encode(encode, messages, where)
+        except chat.ControlText as reason:
+            counts[f"dropped: {reason}"] += 1
+            continue
         if loss_on == "all":
             mask = [False] + [True] * (len(ids) - 1)
         if max_length is not None and len(ids) > max_length:
@@ -167,8 +175,12 @@ def load_pairs(
         if not all(answer.strip() for answer in answers):
             counts["dropped: an empty answer"] += 1
             continue
-        prompt, _ = _encode(encode, chosen[:-1], where, generation_prompt=True)
-        branches = [_encode(encode, messages, where)[0] for messages in (chosen, rejected)]
+        try:
+            prompt, _ = _encode(encode, chosen[:-1], where, generation_prompt=True)
+            branches = [_encode(encode, messages, where)[0] for messages in (chosen, rejected)]
+        except chat.ControlText as reason:
+            counts[f"dropped: {reason}"] += 1
+            continue
         n = min(chat.common_prefix(prompt, branch) for branch in branches)
         prefix, branches = branches[0][:n], [branch[n:] for branch in branches]
         prefix, branches = truncate(prefix, branches, counts, max_length, max_prompt_length, bos_id)
@@ -245,5 +257,7 @@ def _check(messages: Any, where: str) -> None:
 def _encode(encode: Encode, messages: Any, where: str, **kwargs: bool) -> Any:
     try:
         return encode(messages, **kwargs)
-    except ValueError as error:
+    except chat.ControlText:
+        raise
+    except (ValueError, jinja2.TemplateError) as error:
         raise ValueError(f"{where}: {error}") from error

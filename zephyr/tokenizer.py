@@ -60,17 +60,22 @@ class Tokenizer:
             self._backend = _SentencePiece(self.folder / "tokenizer.model")
         else:
             raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-        self.bos_id = self._backend.id_of(_content(special.get("bos_token")) or "<s>")
-        self.eos = _content(special.get("eos_token")) or "</s>"
+        self.bos = self._token(special, "bos_token") or "<s>"
+        self.eos = self._token(special, "eos_token") or "</s>"
+        self.bos_id = self._backend.id_of(self.bos)
         eos_id = self._backend.id_of(self.eos)
         if eos_id is None:
             raise ValueError(f"{folder}: the eos token {self.eos!r} is not in the vocabulary")
         self.eos_id: int = eos_id
-        adds_bos = self.config.get("add_bos_token")
-        self.adds_bos = self._backend.adds_bos if adds_bos is None else adds_bos
+        self.adds_bos = self.config.get("add_bos_token")
+        if self.adds_bos is None:
+            self.adds_bos = self._backend.adds(self.bos_id)
+        if not isinstance(self.adds_bos, bool):
+            path = self.folder / "tokenizer_config.json"
+            raise ValueError(f"{path}: add_bos_token must be true or false")
         self.vocab_size: int = self._backend.vocab_size
         jinja = self.folder / "chat_template.jinja"  # where transformers 5 puts it
-        own = jinja.read_text() if jinja.is_file() else self.config.get("chat_template")
+        own = hub.read_text(jinja) if jinja.is_file() else self.config.get("chat_template")
         self.chat_template = own if isinstance(own, str) else CHAT_TEMPLATE
 
     def encode(
@@ -84,17 +89,28 @@ class Tokenizer:
             at_start: false if the text goes on after a control token (a turn after eos).
         """
         ids = [self.bos_id] if bos and self.adds_bos and self.bos_id is not None else []
-        for part in re.split(self._backend.special_pattern, text) if special_text else [text]:
+        for part in self.split_special(text) if special_text else [text]:
             if special_text and part in self._backend.specials:
                 ids.append(self._backend.specials[part])
-            elif part:
+            else:
                 ids += self._backend.encode(part, at_start)
-            at_start = at_start and not part
+            at_start = False
         return ids
+
+    def split_special(self, text: str) -> list[str]:
+        """A text cut into the texts of control tokens and what is between them."""
+        return [part for part in re.split(self._backend.special_pattern, text) if part]
 
     def _read(self, name: str) -> dict:
         path = self.folder / name
         return hub.read_json(path) if path.is_file() else {}
+
+    def _token(self, special: dict, name: str) -> str | None:
+        token = special.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} must be text")
+        return token
 
     def has_special_text(self, text: str) -> bool:
         """Whether the text of a control token stands in `text`."""
@@ -113,9 +129,10 @@ class Tokenizer:
             "tokenizer_class": self._backend.hf_class,
             "clean_up_tokenization_spaces": False,
             **self.config,
-            "eos_token": self.config.get("eos_token", self.eos),
+            "eos_token": self.config.get("eos_token") or self.eos,
             "chat_template": self.chat_template,
         }
+        (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)  # it would come first
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
@@ -134,8 +151,7 @@ class _Json:
             self._later = tokenizers.Tokenizer.from_str(_without_first_space(text))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
-        with_template = self._first.encode("")  # what the post-processor puts around a text
-        self.adds_bos = bool(with_template.ids)
+        self._around = self._first.encode("").ids  # what the post-processor puts around a text
         self._first.encode_special_tokens = self._later.encode_special_tokens = True
         added = self._first.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
@@ -152,13 +168,15 @@ class _Json:
     def id_of(self, token: str) -> int | None:
         return self._first.token_to_id(token)
 
+    def adds(self, bos_id: int | None) -> bool:
+        return bos_id is not None and self._around[:1] == [bos_id]
+
 
 class _SentencePiece:
     """tokenizer.model. Every text between control tokens gets SentencePiece's leading space, as in
     Hugging Face's conversion of Llama's and Mistral's tokenizers."""
 
     hf_class = "LlamaTokenizer"
-    adds_bos = True  # the default of Hugging Face's class for such files
 
     def __init__(self, path: Path):
         import sentencepiece
@@ -192,6 +210,9 @@ class _SentencePiece:
                 run.append(i)
         return "".join([*parts, self._model.decode(run)])
 
+    def adds(self, bos_id: int | None) -> bool:
+        return bos_id is not None  # the default of Hugging Face's class for such files
+
     def id_of(self, token: str) -> int | None:
         i = self._model.piece_to_id(token)
         return i if self._model.id_to_piece(i) == token else None
@@ -214,7 +235,3 @@ def _without_first_space(text: str) -> str:
 def _pattern(specials: dict[str, int]) -> str:
     longest_first = sorted((s for s in specials if s), key=len, reverse=True)
     return "(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else r"((?!))"
-
-
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token

@@ -76,11 +76,11 @@ def read_config(folder: str | Path) -> Config:
         if not fine:
             raise ValueError(f"{path}: {key} = {json.dumps(shown.get(key))} is not supported here")
     names = {field.name for field in fields(Config)} & raw.keys()
-    values = {name: raw[name] for name in names}
-    values["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    values = {name: raw[name] for name in names if raw[name] is not None}
+    values["rope_theta"] = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     # Where a key may be left out its meaning is transformers', not ours.
     is_mistral = raw["model_type"] == "mistral"
-    values.setdefault("sliding_window", 4096 if is_mistral else None)
+    values["sliding_window"] = raw.get("sliding_window", 4096 if is_mistral else None)
     values.setdefault("tie_word_embeddings", False)
     values.setdefault("rms_norm_eps", 1e-6)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -88,10 +88,8 @@ def read_config(folder: str | Path) -> Config:
         if not isinstance(raw.get(key), int) or raw[key] < 1:
             raise ValueError(f"{path}: {key} must be a positive number, found {raw.get(key)!r}")
     n_heads = raw["num_attention_heads"]
-    if not values.get("head_dim"):
-        values["head_dim"] = raw["hidden_size"] // n_heads
-    if not values.get("num_key_value_heads"):
-        values["num_key_value_heads"] = 8 if is_mistral else n_heads
+    values.setdefault("head_dim", raw["hidden_size"] // n_heads)
+    values.setdefault("num_key_value_heads", 8 if is_mistral else n_heads)
     if n_heads % values["num_key_value_heads"]:
         raise ValueError(f"{path}: {n_heads} heads do not divide into num_key_value_heads")
     eos = values.get("eos_token_id", 2)
