@@ -109,11 +109,13 @@ def main() -> None:
     config = read_config(folder)
     check_fits(folder, config, tokenizer.vocab_size, knobs.max_length)
 
+    read: dict[str, Counter] = {}
+
     def load(name: str) -> list[Group]:
         rows = dataset.read_rows(hub.resolve(name, "dataset", world), show=world.is_main)
-        counts, limits = Counter(), (knobs.max_length, knobs.max_prompt_length)
-        groups = dataset.load_pairs(rows, encode, counts, *limits, tokenizer.bos_id)
-        world.print(dataset.report(name, groups, counts))
+        read[name], limits = Counter(), (knobs.max_length, knobs.max_prompt_length)
+        groups = dataset.load_pairs(rows, encode, read[name], *limits, tokenizer.bos_id)
+        world.print(dataset.report(name, groups, read[name]))
         return groups
 
     pairs = load(knobs.data)
@@ -125,12 +127,13 @@ def main() -> None:
     world.print(metrics.plan(config, knobs, world, n_steps, lengths, flops))
     if knobs.dry_run:
         return
-    metrics.write_run(output / "run.json", knobs, world, pairs=len(pairs), held_out=len(held_out))
+    model_hash = world.once("hash of the model", lambda: evaluate.folder_hash(folder))
+    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, data=read)
 
     build = partial(
         parallel.build, folder, world, precision=knobs.precision, attention=knobs.attention
     )
-    reference, held_out_reference = load_reference(knobs, build, world, folder, pairs, held_out)
+    reference, held_out_reference = load_reference(knobs, build, world, model_hash, pairs, held_out)
     policy = build(activation_checkpointing=knobs.activation_checkpointing)
     train(knobs, world, policy, reference, pairs, held_out, held_out_reference, n_steps)
     dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
@@ -148,7 +151,7 @@ def load_reference(
     knobs: Knobs,
     build: Callable[..., nn.Module],
     world: World,
-    folder: Path,
+    model_hash: str,
     pairs: list[Group],
     held_out: list[Group],
 ) -> tuple[Reference, Tensor]:
@@ -166,7 +169,6 @@ def load_reference(
     for step in range(steps_of_run(len(pairs), knobs.global_batch, 1, -1)):
         batch = rows_of_step(len(pairs), knobs.global_batch, knobs.seed, step)
         plan += split_step(batch, lengths, world.size, knobs.tokens_per_microbatch)[world.rank]
-    model_hash = world.once("hash of the reference", lambda: evaluate.folder_hash(folder))
     key = f"{model_hash} {knobs.precision} share_prefix={knobs.share_prefix}"
     store = (Path(knobs.output), key)
     scores = evaluate.cached_scores(build, pairs, *layout, plan, *store)

@@ -96,12 +96,14 @@ def main() -> None:
     config = read_config(folder)
     check_fits(folder, config, tokenizer.vocab_size, knobs.max_length)
 
+    read: dict[str, Counter] = {}
+
     def load(name: str) -> list[Group]:
         rows = dataset.read_rows(hub.resolve(name, "dataset", world), show=world.is_main)
-        counts = Counter()
+        read[name] = Counter()
         cut_at = knobs.max_length if knobs.packing == "documents" else None
-        groups = dataset.load_dialogues(rows, encode, counts, cut_at, knobs.loss_on)
-        world.print(dataset.report(name, groups, counts))
+        groups = dataset.load_dialogues(rows, encode, read[name], cut_at, knobs.loss_on)
+        world.print(dataset.report(name, groups, read[name]))
         return groups
 
     dialogues = load(knobs.data)
@@ -117,8 +119,8 @@ def main() -> None:
     world.print(metrics.plan(config, knobs, world, n_steps, lengths, flops))
     if knobs.dry_run:
         return
-    sizes = {"dialogues": len(dialogues), "rows": len(rows), "held_out": len(held_out)}
-    metrics.write_run(output / "run.json", knobs, world, **sizes)
+    model_hash = world.once("hash of the model", lambda: evaluate.folder_hash(folder))
+    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, data=read)
 
     model = parallel.build(
         folder,

@@ -31,8 +31,12 @@ def find_model(name: str, output: Path, texts: Path, world: World) -> Path:
     if name != "tiny":
         return hub.resolve(name, "model", world).path
     folder = output / "tiny-model"
-    if not (folder / "model.safetensors").is_file():
-        world.once("tiny", lambda: build_tiny(folder, sorted(texts.glob("*.jsonl"))))
+
+    def build() -> None:
+        if not (folder / "model.safetensors").is_file():  # the weights are written last
+            build_tiny(folder, sorted(texts.glob("*.jsonl")))
+
+    world.once("tiny model", build)
     return folder
 
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from zephyr.attention import choose
 from zephyr.distributed import World
 from zephyr.weights import load_weights, meta_model
 
@@ -38,7 +39,10 @@ def build(
         trainable: false for a frozen reference. Its shards are bf16 in bf16 precision.
     """
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = meta_model(folder, world.device, compute, attention)
+    backend = choose(attention, world.device, compute)
+    model = meta_model(folder, backend)
+    name = "model" if trainable else "reference"
+    world.print(f"{name}: {folder}, {precision} on {world.size} x {world.device.type}, {backend}")
     if not trainable:
         model.requires_grad_(False).eval().to(compute)
     elif activation_checkpointing == "full":

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zephyr import attention, hub
+from zephyr import hub
+from zephyr.attention import BACKENDS, choose
 from zephyr.model import Config, Mistral
 
 INDEX = "model.safetensors.index.json"
@@ -36,19 +37,16 @@ def load_model(
     Raises FileNotFoundError or ValueError, naming the file, key or tensor that is at fault.
     """
     folder = hub.resolve(str(path)).path
-    model = meta_model(folder, device, dtype, attention).to(dtype).to_empty(device=device)
+    model = meta_model(folder, choose(attention, device, dtype)).to(dtype).to_empty(device=device)
     model.tie_weights()
     load_weights(model, folder)
     return model
 
 
-def meta_model(
-    folder: Path, device: torch.device | str, compute_dtype: torch.dtype, backend: str
-) -> Mistral:
-    """The folder's model without memory for its weights, its attention chosen for the device."""
-    attend = attention.BACKENDS[attention.choose(backend, device, compute_dtype)]
+def meta_model(folder: Path, backend: str) -> Mistral:
+    """The folder's model without memory for its weights; `backend` is one of BACKENDS."""
     with torch.device("meta"):
-        return Mistral(read_config(folder), attend)
+        return Mistral(read_config(folder), BACKENDS[backend])
 
 
 def read_config(folder: str | Path) -> Config:
