@@ -56,7 +56,7 @@ class Knobs:
     max_grad_norm: float = 1.0  # clip the gradient to this norm; 0 for never
     precision: Literal["bf16", "fp32"] = "bf16"  # of the compute; master weights are float32
     attention: Literal["auto", "flash", "torch", "sdpa"] = "auto"  # kernels
-    activation_checkpointing: Literal["none", "full"] = "none"  # full: more compute, less memory
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory
     reference: Literal["cached", "live"] = "cached"  # score the pairs once, or keep the reference
     share_prefix: bool = True  # compute a pair's prompt once
     log_every: int = 10  # steps between log lines

@@ -52,7 +52,7 @@ class Knobs:
     max_grad_norm: float = 1.0  # clip the gradient to this norm; 0 for never
     precision: Literal["bf16", "fp32"] = "bf16"  # of the compute; master weights are float32
     attention: Literal["auto", "flash", "torch", "sdpa"] = "auto"  # kernels
-    activation_checkpointing: Literal["none", "full"] = "none"  # full: more compute, less memory
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # less memory
     log_every: int = 5  # steps between log lines
     eval_every: int = 100  # steps between evaluations; one more before and one after
     save_every: int = 100  # steps between checkpoints; 0 for none

@@ -32,7 +32,7 @@ def dpo(tmp_path_factory):
     ("ranks", "flags"),
     [
         (1, ["--reference", "live", "--no-share-prefix", "--tokens-per-microbatch", 300]),
-        (2, ["--tokens-per-microbatch", 300]),
+        (2, ["--tokens-per-microbatch", 300, "--activation-checkpointing", "selective"]),
         (2, ["--reference", "live", "--activation-checkpointing", "full"]),
         (4, ["--no-share-prefix"]),
     ],

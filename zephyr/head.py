@@ -15,6 +15,9 @@ dtype of the model: a logit rounded to bf16 is off by up to 2^-8 of itself, whic
 answer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -45,25 +48,23 @@ def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.float32, hidden.dtype)
-        log_p = torch.empty(hidden.shape[0], dtype=dtype, device=hidden.device)  # (N,)
+        wide = torch.promote_types(torch.float32, hidden.dtype)
+        log_p = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (N,)
         log_z = torch.empty_like(log_p)  # (N,) log of the softmax's denominator
-        columns = _columns(weight)
-        for rows in _chunks(hidden, weight):
-            logits = _matmul_wide(hidden[rows], columns)  # (chunk, V)
-            log_z[rows] = logits.logsumexp(dim=-1)
-            log_p[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_z[rows]
+        for rows, logits in _logits(hidden, weight):  # (chunk, V), ours to overwrite
+            log_p[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
+            top = logits.amax(dim=-1)
+            log_z[rows] = logits.sub_(top[:, None]).exp_().sum(dim=-1).log_().add_(top)
         ctx.save_for_backward(hidden, weight, targets, log_z)
-        return log_p
+        return log_p.sub_(log_z)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, targets, log_z = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=log_z.dtype, device=weight.device)
-        columns = _columns(weight)
-        for rows in _chunks(hidden, weight):
-            p = _matmul_wide(hidden[rows], columns).sub_(log_z[rows, None]).exp_()  # (chunk, V)
+        for rows, logits in _logits(hidden, weight):
+            p = logits.sub_(log_z[rows, None]).exp_()  # (chunk, V)
             grad_logits = p.mul_(-grad[rows, None])
             grad_logits.scatter_add_(-1, targets[rows, None], grad[rows, None])
             grad_logits = grad_logits.to(hidden.dtype)
@@ -72,22 +73,35 @@ class _LogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+def _logits(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """hidden @ weight.T, a chunk of rows at a time, always in the same memory: (rows, (chunk, V)).
 
-
-def _columns(weight: Tensor) -> Tensor:
-    """(C, V): the head's matrix as `_matmul_wide` wants it."""
-    on_gpu = weight.is_cuda
-    return weight.T if on_gpu else weight.to(torch.promote_types(torch.float32, weight.dtype)).T
-
-
-def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in at least float32.
-
-    A GPU multiplies bf16 and writes float32 at no extra cost; a CPU has no such kernel, so there
-    the weight comes in float32 and the rows are widened too.
+    bf16 is multiplied as bf16 and accumulated and written as float32. A GPU has a kernel that does
+    so; a CPU is handed float32 copies and told to multiply in bf16, of which the copies are exact.
     """
-    dtype = torch.promote_types(torch.float32, a.dtype)
-    return torch.mm(a.to(b.dtype), b, **({"out_dtype": dtype} if b.dtype != dtype else {}))
+    wide = torch.promote_types(torch.float32, hidden.dtype)
+    widened = not hidden.is_cuda and hidden.dtype != wide
+    columns = weight.to(wide).T if widened else weight.T  # (C, V)
+    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    memory = torch.empty(
+        min(size, hidden.shape[0]), weight.shape[0], dtype=wide, device=weight.device
+    )
+    for start in range(0, hidden.shape[0], size):
+        rows = slice(start, start + size)
+        part = hidden[rows]
+        out = memory[: part.shape[0]]
+        with _bf16_products() if widened else nullcontext():
+            out_dtype = {"out_dtype": wide} if part.dtype != wide and not widened else {}
+            torch.mm(part.to(columns.dtype), columns, out=out, **out_dtype)
+        yield rows, out
+
+
+@contextmanager
+def _bf16_products() -> Iterator[None]:
+    """Let a CPU multiply float32 matrices in bf16, accumulating in float32."""
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

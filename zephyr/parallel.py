@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from zephyr.attention import choose
 from zephyr.distributed import World
@@ -34,8 +38,7 @@ def build(
     Args:
         precision: "fp32", or "bf16": float32 master shards, gathered and computed with in bf16,
             gradients reduced in float32, log-probabilities returned in float32.
-        activation_checkpointing: "none" keeps all activations; "full" keeps each block's input and
-            computes the rest again in the backward pass (a third more compute).
+        activation_checkpointing: "none", "selective" or "full" (`recompute_blocks`).
         trainable: false for a frozen reference. Its shards are bf16 in bf16 precision.
     """
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -45,20 +48,36 @@ def build(
     world.print(f"{name}: {folder}, {precision} on {world.size} x {world.device.type}, {backend}")
     if not trainable:
         model.requires_grad_(False).eval().to(compute)
-    elif activation_checkpointing == "full":
-        recompute_blocks(model)
+    elif activation_checkpointing != "none":
+        recompute_blocks(model, activation_checkpointing)
     shard(model, world, compute)
     model.to_empty(device=world.device)
     load_weights(model, folder)
     return model
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Full activation checkpointing: the backward pass runs each block's forward a second time."""
+def recompute_blocks(model: nn.Module, mode: str) -> None:
+    """Activation checkpointing: the backward pass runs each block's forward again, in part or
+    whole.
+
+    "full" keeps a block's input only. "selective" keeps the results of matrix products and
+    attention, the expensive ones, and computes the elementwise rest again: norms, rotary, SwiGLU.
+    """
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
     for block in model.model.layers:
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing here draws numbers
+            **(contexts if mode == "selective" else {}),
         )
+
+
+def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Which results a selective checkpoint keeps, by the operator's name."""
+    expensive = op == torch.ops.aten.mm.default or "attention" in str(op) or "attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(model: nn.Module, world: World, compute: torch.dtype) -> None:
