@@ -9,8 +9,7 @@ rows -> pairs -> packs -> log-probs -> loss -> update.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -105,18 +104,18 @@ def main() -> None:
     output = Path(knobs.output)
     folder = find_model(knobs.model, output, SAMPLES, world)
     tokenizer = Tokenizer(folder)
-    encode = chat.encoder(tokenizer, knobs.template)
+    chat.encoder(tokenizer, knobs.template)  # the format that the model will be saved with
     config = read_config(folder)
     check_fits(folder, config, tokenizer.vocab_size, knobs.max_length)
 
-    read: dict[str, Counter] = {}
+    limits = {"max_length": knobs.max_length, "max_prompt_length": knobs.max_prompt_length}
+    loader = partial(dataset.load_pairs, **limits, bos_id=tokenizer.bos_id)
 
-    def load(name: str) -> list[Group]:
-        rows = dataset.read_rows(hub.resolve(name, "dataset", world), show=world.is_main)
-        read[name], limits = Counter(), (knobs.max_length, knobs.max_prompt_length)
-        groups = dataset.load_pairs(rows, encode, read[name], *limits, tokenizer.bos_id)
-        world.print(dataset.report(name, groups, read[name]))
-        return groups
+    def load(name: str) -> Sequence[Group]:
+        source, cache = hub.resolve(name, "dataset", world), output / "tokenised"
+        found = dataset.tokenised(source, loader, tokenizer, knobs.template, cache, world)
+        world.print(dataset.report(name, found, found.counts))
+        return found
 
     pairs = load(knobs.data)
     held_out = load(knobs.eval_data) if knobs.eval_data else []
@@ -128,7 +127,9 @@ def main() -> None:
     if knobs.dry_run:
         return
     model_hash = world.once("hash of the model", lambda: evaluate.folder_hash(folder))
-    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, data=read)
+    counts = {"data": pairs.counts}
+    counts |= {"eval_data": held_out.counts} if held_out else {}
+    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, rows=counts)
 
     build = partial(
         parallel.build, folder, world, precision=knobs.precision, attention=knobs.attention
@@ -152,8 +153,8 @@ def load_reference(
     build: Callable[..., nn.Module],
     world: World,
     model_hash: str,
-    pairs: list[Group],
-    held_out: list[Group],
+    pairs: Sequence[Group],
+    held_out: Sequence[Group],
 ) -> tuple[Reference, Tensor]:
     """The frozen model that DPO starts from: how to score a micro-batch by it, and its scores of
     the held-out pairs. It is `--model` always, also when the policy goes on from a checkpoint."""
@@ -181,8 +182,8 @@ def train(
     world: World,
     policy: nn.Module,
     reference: Reference,
-    pairs: list[Group],
-    held_out: list[Group],
+    pairs: Sequence[Group],
+    held_out: Sequence[Group],
     held_out_reference: Tensor,
     n_steps: int,
 ) -> None:

@@ -8,10 +8,9 @@
 rows -> dialogues -> packs -> log-probs -> loss -> update.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -92,26 +91,26 @@ def main() -> None:
     output = Path(knobs.output)
     folder = find_model(knobs.model, output, SAMPLES, world)
     tokenizer = Tokenizer(folder)
-    encode = chat.encoder(tokenizer, knobs.template)
+    chat.encoder(tokenizer, knobs.template)  # the format that the model will be saved with
     config = read_config(folder)
     check_fits(folder, config, tokenizer.vocab_size, knobs.max_length)
 
-    read: dict[str, Counter] = {}
+    cut_at = knobs.max_length if knobs.packing == "documents" else None
+    loader = partial(dataset.load_dialogues, max_length=cut_at, loss_on=knobs.loss_on)
 
-    def load(name: str) -> list[Group]:
-        rows = dataset.read_rows(hub.resolve(name, "dataset", world), show=world.is_main)
-        read[name] = Counter()
-        cut_at = knobs.max_length if knobs.packing == "documents" else None
-        groups = dataset.load_dialogues(rows, encode, read[name], cut_at, knobs.loss_on)
-        world.print(dataset.report(name, groups, read[name]))
-        return groups
+    def load(name: str) -> Sequence[Group]:
+        source, cache = hub.resolve(name, "dataset", world), output / "tokenised"
+        found = dataset.tokenised(source, loader, tokenizer, knobs.template, cache, world)
+        world.print(dataset.report(name, found, found.counts))
+        return found
 
     dialogues = load(knobs.data)
-    held_out = load(knobs.eval_data) if knobs.eval_data else []
+    eval_dialogues = load(knobs.eval_data) if knobs.eval_data else []
     world.print(chat.colour(tokenizer, *dialogues[0].sequence()))
     rows_of_epoch = row_maker(knobs, dialogues, tokenizer.eos_id)
-    if knobs.packing == "concatenate" and held_out:
-        held_out = [row for [row] in row_maker(knobs, held_out, tokenizer.eos_id)(0)]
+    held_out = eval_dialogues
+    if knobs.packing == "concatenate" and eval_dialogues:
+        held_out = [row for [row] in row_maker(knobs, eval_dialogues, tokenizer.eos_id)(0)]
     rows = rows_of_epoch(0)
     lengths = [sum(group.length() for group in row) for row in rows]
     n_steps = steps_of_run(len(rows), knobs.global_batch, knobs.epochs, knobs.max_steps)
@@ -120,7 +119,9 @@ def main() -> None:
     if knobs.dry_run:
         return
     model_hash = world.once("hash of the model", lambda: evaluate.folder_hash(folder))
-    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, data=read)
+    counts = {"data": dialogues.counts}
+    counts |= {"eval_data": eval_dialogues.counts} if eval_dialogues else {}
+    metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, rows=counts)
 
     model = parallel.build(
         folder,
@@ -140,7 +141,7 @@ Rows = list[list[Group]]
 """What a step counts: rows of at most max_length tokens, each of one or more dialogues."""
 
 
-def row_maker(knobs: Knobs, dialogues: list[Group], eos_id: int) -> Callable[[int], Rows]:
+def row_maker(knobs: Knobs, dialogues: Sequence[Group], eos_id: int) -> Callable[[int], Rows]:
     """A function from the epoch's number to its rows; each epoch has as many."""
     if knobs.packing == "documents":
         fit = best_fit([dialogue.length() for dialogue in dialogues], knobs.max_length)
@@ -166,7 +167,7 @@ def train(
     world: World,
     model: nn.Module,
     rows_of_epoch: Callable[[int], Rows],
-    held_out: list[Group],
+    held_out: Sequence[Group],
     n_steps: int,
 ) -> None:
     """The loop. An update reads global_batch rows; each number logged is over all of them."""

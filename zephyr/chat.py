@@ -12,7 +12,7 @@ A conversation that brings no system turn gets an empty one, as Zephyr's trainin
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -80,13 +80,18 @@ def encode(
     for turn in _with_system(messages):
         header = f"{start}<|{turn['role']}|>\n"
         part = tokenizer.encode(header + turn["content"], False, special_text, not start)
-        n_header = common_prefix(part, tokenizer.encode(header, False, False, not start))
+        n_header = common_prefix(part, _header_ids(tokenizer, header, not start))
         learnt = turn["role"] == "assistant"
         ids += [*part, tokenizer.eos_id]
         mask += [False] * n_header + [learnt] * (len(part) - n_header + 1)
         start = "\n"
     end = tokenizer.encode("\n<|assistant|>\n" if generation_prompt else "\n", False, False, False)
     return ids + end, mask + [False] * len(end)
+
+
+@lru_cache(maxsize=64)  # a format has six headers, and a data set a million turns
+def _header_ids(tokenizer: Tokenizer, header: str, at_start: bool) -> list[int]:
+    return tokenizer.encode(header, False, False, at_start)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -6,10 +6,15 @@ row is either used whole, or cut, or dropped, and counted by the reason; a row t
 right form ends the run before it starts, naming the file and the line.
 """
 
+import hashlib
 import itertools
 import json
+import multiprocessing
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from zephyr import chat, hub
+from zephyr.distributed import World
 from zephyr.packing import Group
+from zephyr.tokenizer import FILES as TOKENIZER_FILES
+from zephyr.tokenizer import Tokenizer
 
 Encode = Callable[..., tuple[list[int], list[bool]]]
 """messages, generation_prompt=False -> (ids, mask): `chat.encode` with its tokenizer bound."""
@@ -37,24 +45,25 @@ def read_rows(source: hub.Source, show: bool = False) -> Iterable[Row]:
     Raises FileNotFoundError if there is no such file, ValueError naming a line that is no JSON
     object.
     """
-    path, split = source.path, source.split or ""
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in (".jsonl", ".parquet")
-            and (not split or file.stem == split or file.name.startswith(f"{split}-"))
-        )
-    else:
-        files = [path]
-    if not files:
-        raise FileNotFoundError(f"{path}: no .jsonl or .parquet file of split {split or 'any'}")
+    files = _files(source)
     readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".json": _read_jsonl}
     for file in files:
         if file.suffix not in readers:
             raise ValueError(f"{file}: data must be .jsonl or .parquet")
     rows = itertools.chain.from_iterable(readers[file.suffix](file) for file in files)
-    return tqdm(rows, path.name, unit=" rows", leave=False, disable=None if show else True)
+    return tqdm(rows, source.path.name, unit=" rows", leave=False, disable=None if show else True)
+
+
+def _files(source: hub.Source) -> list[Path]:
+    path, split = source.path, source.split
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.rglob("*") if file.suffix in (".jsonl", ".parquet")]
+    if split:
+        files = [f for f in files if f.stem == split or f.name.startswith(f"{split}-")]
+    if not files:
+        raise FileNotFoundError(f"{path}: no .jsonl or .parquet file of split {split or 'any'}")
+    return sorted(files)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -223,7 +232,133 @@ def truncate(
     return prefix, branches
 
 
-def report(name: str, groups: list[Group], counts: Counter) -> str:
+class Examples(Sequence[Group]):
+    """Groups with equally many branches, in flat arrays on disk: what is not asked for is not read.
+
+    Made by `tokenised`. A folder holds ids.bin (int32) and masks.bin (bool), all examples end to
+    end; sizes.npy (examples, 1 + K), the lengths of prefix and branches; and counts.json.
+    """
+
+    def __init__(self, folder: Path):
+        self.sizes = np.load(folder / "sizes.npy")
+        ends = self.sizes.sum(axis=1).cumsum()
+        self.starts = np.concatenate(([0], ends)).astype(np.int64)
+        n = int(self.starts[-1])
+        self.ids = np.memmap(folder / "ids.bin", np.int32, "r", shape=(n,)) if n else np.empty(0)
+        self.masks = np.memmap(folder / "masks.bin", bool, "r", shape=(n,)) if n else np.empty(0)
+        self.counts = Counter(json.loads((folder / "counts.json").read_text()))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> Group:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        cuts = self.starts[i % len(self)] + np.concatenate(([0], self.sizes[i].cumsum()))
+        parts = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        branches = [self.ids[part] for part in parts[1:]]
+        return Group(self.ids[parts[0]], branches, [self.masks[part] for part in parts[1:]])
+
+
+def tokenised(
+    source: hub.Source,
+    load: Callable[..., list[Group]],
+    tokenizer: Tokenizer,
+    template: str,
+    cache: Path,
+    world: World,
+) -> Examples:
+    """The examples of a data set, tokenised once and kept in a folder of `cache`.
+
+    Args:
+        load: `load_dialogues` or `load_pairs` with its limits bound: (rows, encode, counts) ->
+        groups. template: as for `chat.encoder`.
+        cache: must be the same folder on all nodes.
+
+    The folder's name is a hash of the data's files, the tokenizer's files, the template and the
+    limits. One rank makes it, with all the cores of its machine, while the others wait.
+    """
+    digest = hashlib.sha256(f"{FORMAT} {template} {load.func.__name__} {load.keywords}".encode())
+    files = [tokenizer.folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json")]
+    name = world.once(
+        f"tokenise {source}",
+        lambda: _tokenise(source, load, tokenizer, template, cache, digest, files),
+    )
+    return Examples(cache / name)
+
+
+FORMAT = 1  # of the cache; raise it when the same rows would give other examples
+CHUNK = 256  # rows that a worker process takes at a time
+SMALL = 16 * 2**20  # bytes of data for which workers would not pay
+
+
+def _tokenise(source, load, tokenizer, template, cache, digest, files) -> str:
+    data = _files(source)
+    for path in [*data, *files]:
+        if path.is_file():
+            digest.update(hub.file_hash(path).encode())
+    name = f"{source.path.stem}-{digest.hexdigest()[:16]}"
+    if (cache / name).is_dir():
+        return name
+    temporary = cache / f".{name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    worker = (tokenizer.folder, template, load)
+    n_workers = os.cpu_count() or 1
+    if n_workers == 1 or sum(path.stat().st_size for path in data) < SMALL:
+        _start_worker(*worker)
+        _write(temporary, map(_tokenise_chunk, _chunks(source)))
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(n_workers, _start_worker, worker) as pool:
+            _write(temporary, pool.imap(_tokenise_chunk, _chunks(source)))
+    temporary.rename(cache / name)
+    return name
+
+
+def _chunks(source: hub.Source) -> Iterator[list[Row]]:
+    rows = iter(read_rows(source, show=True))
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        yield chunk
+
+
+_worker: Any = None
+
+
+def _start_worker(folder: Path, template: str, load: Callable[..., list[Group]]) -> None:
+    global _worker
+    _worker = partial(load, encode=chat.encoder(Tokenizer(folder), template))
+
+
+def _tokenise_chunk(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, list[list[int]], Counter]:
+    counts: Counter = Counter()
+    groups = _worker(rows, counts=counts)
+    ids = [part for group in groups for part in (group.prefix, *group.branches)]
+    masks = [part for group in groups for part in (np.zeros(len(group.prefix), bool), *group.masks)]
+    sizes = [[len(group.prefix), *map(len, group.branches)] for group in groups]
+    return _flat(ids, np.int32), _flat(masks, bool), sizes, counts
+
+
+def _flat(parts: list, dtype: Any) -> np.ndarray:
+    return (
+        np.concatenate([np.asarray(part, dtype) for part in parts]) if parts else np.empty(0, dtype)
+    )
+
+
+def _write(folder: Path, chunks: Iterable) -> None:
+    sizes: list[list[int]] = []
+    counts: Counter = Counter()
+    with (folder / "ids.bin").open("wb") as ids, (folder / "masks.bin").open("wb") as masks:
+        for chunk_ids, chunk_masks, chunk_sizes, chunk_counts in chunks:
+            chunk_ids.tofile(ids)
+            chunk_masks.tofile(masks)
+            sizes += chunk_sizes
+            counts += chunk_counts
+    np.save(folder / "sizes.npy", np.array(sizes or np.empty((0, 2)), np.int32))
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def report(name: str, groups: Sequence[Group], counts: Counter) -> str:
     """The counts as lines of text. Raises ValueError if no example is left."""
     total = sum(group.length() for group in groups)
     lines = [f"{name}: {counts['read']:,} rows, {len(groups):,} examples, {total:,} tokens"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from zephyr import hub
 from zephyr.distributed import World
 from zephyr.losses import branch_sums, dpo_loss
 from zephyr.packing import Group, Pack, split_step
@@ -100,10 +101,7 @@ def folder_hash(folder: Path) -> str:
     """sha256 over the names and contents of a model folder's weights and config."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+        digest.update(f"{path.name} {hub.file_hash(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """A name on the command line -> a local folder or file: a path as it is, or a download from the
 Hub."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -61,6 +62,15 @@ def _download(repo: str, revision: str | None, split: str | None, kind: str) -> 
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name "
             "and the network, or download it elsewhere and pass the folder"
         ) from error
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_text(path: Path) -> str:
