@@ -271,18 +271,16 @@ def tokenised(
     """The examples of a data set, tokenised once and kept in a folder of `cache`.
 
     Args:
-        load: `load_dialogues` or `load_pairs` with its limits bound: (rows, encode, counts) ->
-        groups. template: as for `chat.encoder`.
+        load: `load_dialogues` or `load_pairs` with its limits bound by `partial`; it is called with
+            rows, encode and counts.
+        template: as for `chat.encoder`.
         cache: must be the same folder on all nodes.
 
     The folder's name is a hash of the data's files, the tokenizer's files, the template and the
     limits. One rank makes it, with all the cores of its machine, while the others wait.
     """
-    digest = hashlib.sha256(f"{FORMAT} {template} {load.func.__name__} {load.keywords}".encode())
-    files = [tokenizer.folder / name for name in (*TOKENIZER_FILES, "tokenizer_config.json")]
     name = world.once(
-        f"tokenise {source}",
-        lambda: _tokenise(source, load, tokenizer, template, cache, digest, files),
+        f"tokenise {source}", lambda: _tokenise(source, load, tokenizer, template, cache)
     )
     return Examples(cache / name)
 
@@ -292,7 +290,17 @@ CHUNK = 256  # rows that a worker process takes at a time
 SMALL = 16 * 2**20  # bytes of data for which workers would not pay
 
 
-def _tokenise(source, load, tokenizer, template, cache, digest, files) -> str:
+def _tokenise(
+    source: hub.Source,
+    load: Callable[..., list[Group]],
+    tokenizer: Tokenizer,
+    template: str,
+    cache: Path,
+) -> str:
+    """Make the folder, unless it is there; returns its name."""
+    digest = hashlib.sha256(f"{FORMAT} {template} {load.func.__name__} {load.keywords}".encode())
+    settings = (*TOKENIZER_FILES, "tokenizer_config.json", "chat_template.jinja")
+    files = [tokenizer.folder / name for name in settings]
     data = _files(source)
     for path in [*data, *files]:
         if path.is_file():
@@ -340,9 +348,7 @@ def _tokenise_chunk(rows: list[Row]) -> tuple[np.ndarray, np.ndarray, list[list[
 
 
 def _flat(parts: list, dtype: Any) -> np.ndarray:
-    return (
-        np.concatenate([np.asarray(part, dtype) for part in parts]) if parts else np.empty(0, dtype)
-    )
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])
 
 
 def _write(folder: Path, chunks: Iterable) -> None:
