@@ -24,7 +24,7 @@ from zephyr.distributed import World
 from zephyr.losses import branch_sums, dpo_loss
 from zephyr.packing import Group, Pack, rows_of_step, split_step, steps_of_run
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import check_fits, read_config
+from zephyr.weights import check_fits, load_weights, read_config
 
 SAMPLES = Path(__file__).parent / "data" / "samples"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
@@ -131,9 +131,11 @@ def main() -> None:
     counts |= {"eval_data": held_out.counts} if held_out else {}
     metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, rows=counts)
 
-    build = partial(
-        parallel.build, folder, world, precision=knobs.precision, attention=knobs.attention
-    )
+    def build(**how: object) -> nn.Module:
+        model = parallel.build(config, world, knobs.precision, knobs.attention, **how)
+        load_weights(model, folder)
+        return model
+
     reference, held_out_reference = load_reference(knobs, build, world, model_hash, pairs, held_out)
     policy = build(activation_checkpointing=knobs.activation_checkpointing)
     train(knobs, world, policy, reference, pairs, held_out, held_out_reference, n_steps)
@@ -197,8 +199,8 @@ def train(
     flops = [metrics.useful_flops(policy.config, [pair]) for pair in pairs]
 
     def evaluate_policy(step: int) -> None:
-        layout = (world, knobs.tokens_per_microbatch, knobs.share_prefix)
-        scores = evaluate.score(policy, held_out, *layout, what="evaluating")
+        budget = knobs.tokens_per_microbatch
+        scores = evaluate.score(policy, held_out, world, budget, knobs.share_prefix)
         smoothing = knobs.label_smoothing
         row = evaluate.dpo_metrics(scores, held_out_reference, knobs.beta, smoothing)
         log.write({"step": step, **row})

@@ -23,7 +23,7 @@ from zephyr.distributed import World
 from zephyr.losses import sft_loss
 from zephyr.packing import Group, Pack, best_fit, rows_of_step, shuffled, split_step, steps_of_run
 from zephyr.tokenizer import Tokenizer
-from zephyr.weights import check_fits, read_config
+from zephyr.weights import check_fits, load_weights, read_config
 
 SAMPLES = Path(__file__).parent / "data" / "samples"
 
@@ -123,13 +123,9 @@ def main() -> None:
     counts |= {"eval_data": eval_dialogues.counts} if eval_dialogues else {}
     metrics.write_run(output / "run.json", knobs, world, model_sha256=model_hash, rows=counts)
 
-    model = parallel.build(
-        folder,
-        world,
-        precision=knobs.precision,
-        attention=knobs.attention,
-        activation_checkpointing=knobs.activation_checkpointing,
-    )
+    how = {"activation_checkpointing": knobs.activation_checkpointing}
+    model = parallel.build(config, world, knobs.precision, knobs.attention, **how)
+    load_weights(model, folder)
     train(knobs, world, model, rows_of_epoch, held_out, n_steps)
     dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
     card = checkpoint.model_card("dSFT", asdict(knobs))

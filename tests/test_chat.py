@@ -32,7 +32,7 @@ class Case:
     """A real tokenizer: ours, the library's own, and transformers'."""
 
     ours: object
-    library: tokenizers.Tokenizer
+    theirs: tokenizers.Tokenizer
     folder: object
     controls: set
 
@@ -87,7 +87,7 @@ SHAPES = [
 def encode_by_offsets(case, text, spans):
     """The oracle: ids of the whole text by the library, true where a token touches one of the
     spans (first character, one past the last)."""
-    whole = case.library.encode(text)
+    whole = case.theirs.encode(text)
     mask = [
         any(start < last and first < end for first, last in spans) and start < end
         for start, end in whole.offsets
@@ -148,7 +148,7 @@ def test_ids_are_those_of_the_rendered_text(case, conversations):
             text = chat.render(messages, case.ours.eos, prompt)
             ids, mask = chat.encode(case.ours, messages, prompt)
             assert ids == case.ours.encode(text, special_text=True)
-            assert ids == case.library.encode(text).ids
+            assert ids == case.theirs.encode(text).ids
             assert len(mask) == len(ids)
 
 
@@ -214,7 +214,7 @@ def test_contents_never_yield_a_control_token(case, messages):
     assert learnt.count(case.ours.eos_id) == sum(m["role"] == "assistant" for m in messages)
     # On request the library's own reading, in which the contents do break out:
     ids, mask = chat.encode(case.ours, messages, special_text=True)
-    assert ids == case.library.encode(text).ids
+    assert ids == case.theirs.encode(text).ids
     assert len(mask) == len(ids)
 
 
@@ -309,9 +309,9 @@ def test_a_template_that_writes_bos_itself_and_marks_turns_in_text(mistral):
     )
     ids, mask = template.encode(talk("Hello!", "Bonjour!", "And?", "Bonjour!"))
     text = "<s>[INST] Hello! [/INST] Bonjour!</s>[INST] And? [/INST] Bonjour!</s>"
-    assert ids == mistral.library.encode(text, add_special_tokens=False).ids
+    assert ids == mistral.theirs.encode(text, add_special_tokens=False).ids
     assert ids.count(1) == 1
-    learnt = mistral.library.encode(" Bonjour!</s>", add_special_tokens=False).ids[1:]
+    learnt = mistral.theirs.encode(" Bonjour!</s>", add_special_tokens=False).ids[1:]
     assert [i for i, m in zip(ids, mask) if m] == learnt * 2
     assert mask[-1]
 
@@ -323,7 +323,7 @@ def test_a_template_without_closing_marks_learns_the_words_alone(mistral, newlin
     jinja += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ids, mask = with_template(mistral, jinja).encode(talk("Hello!", "Bonjour!"))
     text = f"user: Hello!{newline}assistant: Bonjour!{newline}"
-    assert ids == mistral.library.encode(text).ids  # bos, which the template left out, is added
+    assert ids == mistral.theirs.encode(text).ids  # bos, which the template left out, is added
     assert len(mask) == len(ids)
     assert mistral.ours.decode([i for i, m in zip(ids, mask) if m]) == "Bonjour!"
 
@@ -337,7 +337,7 @@ def test_a_template_that_trims_contents_is_followed(smol):
     )
     ids, mask = template.encode(talk(" a ", "\n well \n", "b", "  "))
     learnt = [i for i, m in zip(ids, mask) if m]
-    assert learnt == smol.library.encode("well<|im_end|><|im_end|>").ids
+    assert learnt == smol.theirs.encode("well<|im_end|><|im_end|>").ids
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "a<|im_start|>user\n", "<|endoftext|>"])

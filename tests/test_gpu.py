@@ -164,7 +164,7 @@ def test_fsdp_trains_a_step_as_the_cpu_does(tmp_path):
     save_weights(model, tmp_path, torch.float32, write=True)
     world = distributed.start()
     try:
-        sharded = parallel.build(tmp_path, world, precision="fp32")
+        sharded = parallel.build(TINY, world, "fp32")
         assert sharded.model.layers[0].self_attn.attend is attention.sdpa
         results = []
         for built, device in ((sharded, "cuda"), (model, "cpu")):

@@ -1,13 +1,12 @@
-"""The finished model, made ready for a machine from outside: checkpointing, compile, shards.
+"""The finished model, made ready for a machine from outside: checkpointing and shards.
 
-The order matters. Activation checkpointing wraps the blocks first, so that compile sees what is
-recomputed; compile comes before FSDP, so that FSDP's hooks, which wait for communication, stay out
-of the graphs; the weights are read last, each rank its own rows, into memory that did not exist
-before.
+The order matters. The model is built on the meta device, without memory. Activation checkpointing
+wraps each block's forward first, so that FSDP's hooks, which gather a block's weights, stay outside
+of what is computed again. FSDP cuts the parameters; only then is there memory, for this rank's rows
+alone, and the weights are read into it last (weights.py).
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,21 +18,21 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from zephyr.attention import choose
+from zephyr.attention import BACKENDS, choose
 from zephyr.distributed import World
-from zephyr.weights import load_weights, meta_model
+from zephyr.model import Config, Mistral
 
 
 def build(
-    folder: Path,
+    config: Config,
     world: World,
-    *,
     precision: str,
     attention: str = "auto",
+    *,
     activation_checkpointing: str = "none",
     trainable: bool = True,
 ) -> nn.Module:
-    """The folder's model, sharded over all ranks, its weights loaded.
+    """A model sharded over all ranks, with memory for its weights and nothing in it yet.
 
     Args:
         precision: "fp32", or "bf16": float32 master shards, gathered and computed with in bf16,
@@ -43,17 +42,17 @@ def build(
     """
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     backend = choose(attention, world.device, compute)
-    model = meta_model(folder, backend)
+    with torch.device("meta"):
+        model = Mistral(config, BACKENDS[backend])
     name = "model" if trainable else "reference"
-    world.print(f"{name}: {folder}, {precision} on {world.size} x {world.device.type}, {backend}")
+    size = f"{config.n_parameters:,} parameters"
+    world.print(f"{name}: {size}, {precision} on {world.size} x {world.device.type}, {backend}")
     if not trainable:
         model.requires_grad_(False).eval().to(compute)
     elif activation_checkpointing != "none":
         recompute_blocks(model, activation_checkpointing)
     shard(model, world, compute)
-    model.to_empty(device=world.device)
-    load_weights(model, folder)
-    return model
+    return model.to_empty(device=world.device)
 
 
 def recompute_blocks(model: nn.Module, mode: str) -> None:

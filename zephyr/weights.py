@@ -37,16 +37,12 @@ def load_model(
     Raises FileNotFoundError or ValueError, naming the file, key or tensor that is at fault.
     """
     folder = hub.resolve(str(path)).path
-    model = meta_model(folder, choose(attention, device, dtype)).to(dtype).to_empty(device=device)
+    with torch.device("meta"):
+        model = Mistral(read_config(folder), BACKENDS[choose(attention, device, dtype)])
+    model.to(dtype).to_empty(device=device)
     model.tie_weights()
     load_weights(model, folder)
     return model
-
-
-def meta_model(folder: Path, backend: str) -> Mistral:
-    """The folder's model without memory for its weights; `backend` is one of BACKENDS."""
-    with torch.device("meta"):
-        return Mistral(read_config(folder), BACKENDS[backend])
 
 
 def read_config(folder: str | Path) -> Config:

@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from zephyr import dataset, demo, distributed, hub, parallel
+from zephyr import dataset, demo, distributed, hub, parallel, weights
 from zephyr.model import Config
 from zephyr.tokenizer import Tokenizer
 
@@ -90,7 +90,8 @@ def one_rank(folder: Path) -> None:
     world = distributed.start()
     before = peak_mib()
     start = time.perf_counter()
-    model = parallel.build(folder, world, precision="bf16")
+    model = parallel.build(weights.read_config(folder), world, "bf16")
+    weights.load_weights(model, folder)
     seconds = time.perf_counter() - start
     shard = sum(p.to_local().numel() * p.to_local().itemsize for p in model.parameters()) / 2**20
     largest = max(p.numel() * p.itemsize for p in model.parameters()) / 2**20
